@@ -140,7 +140,7 @@ render(draw_gaps, "gaps.png")
 # known and simple. A model is of use where no such program exists. Its result is that of one training: repeat it with other
 # values of `seed` before you rely on it.
 #
-# ## Ask the model
+# ## Let the model decide
 #
 # This is the log of a machine of your own. Setting 2 was tried once and did best.
 
@@ -160,22 +160,27 @@ print("setting", decision.action, "with probabilities", decision.probabilities.r
 assert decision.action == 2
 
 # %% [markdown]
-# Does the model use the rewards? Change one of them and let it decide again. On the left, the reward of setting 2 goes from 0 to 1; the
-# best other setting has 0.6. On the right, setting 2 was never tried, and the reward of setting 1, the best that was tried,
-# changes. Since the mean of all rewards is 0.5, an untried setting is the better choice as long as the best tried one has less.
+# Does the model use the rewards? Change one of them and let it decide again. On the left of the figure below, the reward of
+# setting 2 goes from 0 to 1; the best other setting has 0.6. On the right, setting 2 was never tried, and the reward of setting
+# 1, the best that was tried, changes. Since the mean of all rewards is 0.5, an untried setting is the better choice as long as
+# the best tried one has less.
 
 # %%
 rewards = np.arange(11) / 10
 
 
-def ask(*trials):
+def decide(*trials):
     """The probabilities of the settings after these trials (setting, reward)."""
     log = [[Step(setting, state=0, reward=float(reward))] for setting, reward in trials]
     return policy.act(log, "0").probabilities
 
 
-tried = np.array([ask((1, 0.6), (0, 0.3), (1, 0.6), (2, r), (0, 0.3)) for r in rewards])
-untried = np.array([ask((1, r), (0, 0.2), (1, r), (0, 0.2), (0, 0.2)) for r in rewards])
+tried = np.array(
+    [decide((1, 0.6), (0, 0.3), (1, 0.6), (2, r), (0, 0.3)) for r in rewards]
+)
+untried = np.array(
+    [decide((1, r), (0, 0.2), (1, r), (0, 0.2), (0, 0.2)) for r in rewards]
+)
 print("setting 2 tried:   chosen where its reward is", rewards[tried.argmax(1) == 2])
 print("setting 2 untried: chosen where setting 1 has", rewards[untried.argmax(1) == 2])
 assert tried[4].argmax() == 1 and tried[8].argmax() == 2  # rewards 0.4 and 0.8
