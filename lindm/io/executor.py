@@ -128,7 +128,7 @@ class TaskPool:
         Args:
           function: a function at the top of a module; tasks and values can be pickled.
           groups: tasks of one group share what a process imports and compiles. A worker stays with its group, and then
-            takes the next group. When no group is left, it helps a group that would take more than 20 s.
+            takes the next group. When no group is left, it helps a group that would take long (`task_queue.HELP_AFTER`).
             Default: every task is its own group.
           on_event: called in this process when a task starts and when it ends; an exception that it raises ends the run.
 
@@ -152,7 +152,7 @@ class TaskPool:
             patience = task_queue.HELP_AFTER if idle else None  # an idle worker helps a group whose first task takes long
             done, _ = concurrent.futures.wait(running, patience, return_when=concurrent.futures.FIRST_COMPLETED)
             for _, index, started in running.values():
-                queue.takes(index, time.monotonic() - started)
+                queue.note_running(index, time.monotonic() - started)
             for future in done:
                 slot, index, _ = running.pop(future)
                 result = results[index] = slot.result(future)

@@ -31,7 +31,7 @@ class TaskQueue:
             self.new.remove(group)
         return self.waiting[group].popleft()
 
-    def takes(self, index: int, seconds: float) -> None:
+    def note_running(self, index: int, seconds: float) -> None:
         """A task has run for `seconds` by now."""
         group = self.groups[index]
         self.seconds[group] = max(seconds, self.seconds.get(group, 0.0))

@@ -32,7 +32,10 @@ def work(task):
     if kind == "wait for":  # as many tasks as this to be running
         directory, number = value
         Path(directory, str(os.getpid())).touch()
+        deadline = time.monotonic() + HANGS
         while len(os.listdir(directory)) < number:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{number} tasks did not run together")
             time.sleep(0.01)
         return number
     if kind == "env":
@@ -124,9 +127,9 @@ def test_a_worker_stays_with_its_group_and_helps_only_where_much_is_left(monkeyp
     assert queue.take("b") == 1  # 22 seconds are left
     queue = task_queue.TaskQueue(["a", "a", "a"])
     assert queue.take(None) == 0
-    queue.takes(0, 10.0)
+    queue.note_running(0, 10.0)
     assert queue.take(None) is None  # as far as is known
-    queue.takes(0, 10.1)
+    queue.note_running(0, 10.1)
     assert queue.take(None) == 1
 
 
