@@ -97,7 +97,7 @@ def test_what_a_point_has_finished_outlives_a_kill_and_goes_with_its_record(lab)
     assert lab.lindm(*options)[0] == 0
     for seed in range(6):
         parts = (lab.directory / f"parts-{seed}").read_text().split()
-        assert sorted(set(parts), key=int) == [str(i) for i in range(30)] and len(parts) <= 31  # a kill may repeat one
+        assert sorted(set(parts), key=int) == [str(i) for i in range(30)] and len(parts) <= 31  # the kill may repeat one
     assert len(manifest.read_records(run)) == 6 and not (run / "unfinished").exists()
 
 
