@@ -22,7 +22,8 @@ class Verify:
     """Directory of the results. [default: results/PRESET]"""
     mutants: bool = False
     """Put one mistake at a time into the bounds; each must turn the PASS of its claim into a FAIL. Uses the records that
-    `lindm verify` wrote to --out. Experiments without records there run first. Writes no verdicts."""
+    `lindm verify` wrote to --out. Experiments without records there run first, and interrupted ones are completed first. Writes
+    no verdicts."""
     experiments: tuple[str, ...] = ()
     """Experiments to run: names, or Python files with their claims beside them. [default: all of lindm's]"""
     only: tuple[str, ...] = ()

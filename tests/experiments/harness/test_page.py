@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_a_page_without_bands_shows_numbers_without_plots(tmp_path):
 # --- interval plots --------------------------------------------------------------------------------------------------------
 
 
-def plot(lo, hi, measured, ci, **more):
+def plot(lo, hi, measured, ci, **more) -> Any:
     return interval_plot({"band": [lo, hi], "measured": measured, "ci": list(ci)} | more)
 
 
