@@ -1,3 +1,4 @@
+# make install  lindm with its development tools, from a hashed lock, in .venv
 # make verify   the claims, preset quick, into results/quick
 # make mutants  bounds with one mistake each: every one must turn the verdict of its claim (uses results/quick)
 # make smoke    every command once, and the tests of theory, solvers and layers
@@ -22,7 +23,7 @@
 
 .DEFAULT_GOAL := verify
 .DELETE_ON_ERROR:
-.PHONY: verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator outputs docs lint lock release clean
+.PHONY: install verify mutants smoke lowest newest test test-long faults test-all parity smollm2 accelerator outputs docs lint lock release clean
 
 # a shim may exist and yet refuse to run, so each candidate is tried
 VERSIONS := 3.11 3.12 3.13 3.14
@@ -45,6 +46,8 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 JOBS ?= 2
 SMOKE := tests/test_smoke.py tests/theory tests/lindm/solvers tests/lindm/icl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+install: $(VENV)/.ready
 
 verify: $(VENV)/.ready
 	$(BIN)/lindm verify --preset quick --out results/quick

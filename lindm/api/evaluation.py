@@ -96,8 +96,8 @@ def evaluate(
         validate.count(effort, "effort")
     source = problem if isinstance(problem, Suite) else as_source(problem)
     dataset = DatasetConfig(tasks=tasks, demos=demos, behavior=behavior, epsilon=epsilon, seed=seed)
-    if isinstance(policies, str):
-        raise ValueError(f"policies must be a list of names, or policies by name; got {policies!r}")
+    if isinstance(policies, str) or (not isinstance(policies, Mapping) and not all(isinstance(p, str) for p in policies or ())):
+        raise ValueError(f'policies must be a list of names, or policies by name, such as {{"mine": policy}}; got {policies!r}')
     if not isinstance(policies, Mapping):
         policies = PoliciesByName(policies or default_policies(source), source, dataset, template=template, rewards=rewards)
     if posterior_seeds is not None and not _has_sample(policies):

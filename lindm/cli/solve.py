@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lindm.problems.stationary import StationaryPOMDP
 
 SHOWN_STATES = 6
-PICTURES = (".svg", ".png", ".pdf")
 PLOT_SECONDS = 60.0  # after which a figure takes the bounds as they are
 
 
@@ -61,14 +60,14 @@ class Solve(FamilyOptions):
 
 
 OF_POINT_BASED = ("tolerance", "timeout", "save")
+PICTURES = (".svg", ".png", ".pdf")
 SAVED = (".alpha", ".json", *PICTURES)
 STATIONARY = ("point-based", "value-iteration", "policy-iteration")
 
 
 def run(options: Solve) -> int:
     start = time.perf_counter()
-    if options.plot and options.plot.suffix not in PICTURES:
-        raise UsageError(f"--plot must end in {', '.join(PICTURES)}; got {options.plot}")
+    check_plot(options.plot)
     one = len(options.problem) == 1 and options.perturb is None
     if options.horizon == "inf" and not one:
         raise UsageError("--horizon inf takes one model: an ambiguous problem must have a finite horizon")
@@ -244,6 +243,12 @@ def run_stationary(options: Solve, start: float) -> int:
     for rule in graph.rules() if graph and options.rules else ():
         print(f"  {rule}")
     return 0
+
+
+def check_plot(path: Path | None) -> None:
+    """UsageError where the file of a figure has another ending than those of `PICTURES`."""
+    if path is not None and path.suffix not in PICTURES:
+        raise UsageError(f"--plot must end in {', '.join(PICTURES)}; got {path}")
 
 
 def plot(solution: "Solution | StationaryResult", path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lindm.cli.option_parser import Command
+from lindm.cli.solve import check_plot
 from lindm.errors import DataError
 from lindm.io import inputs, limits
 from lindm.io.files import strict_json
@@ -38,7 +39,7 @@ class RiskOptions:
     noise: float = 0.0
     """Standard deviation of the label noise."""
     plot: Path | None = None
-    """File of a figure; its ending determines the format."""
+    """File of a figure (.png, .pdf, .svg)."""
     json: bool = False
     """Print one JSON object."""
 
@@ -82,6 +83,7 @@ def show(table: "Risk") -> None:
 
 
 def run_risk(options: RiskOptions) -> int:
+    check_plot(options.plot)
     from lindm_experiments.toolkit.risks import risk
 
     table = risk(

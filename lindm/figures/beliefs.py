@@ -94,7 +94,7 @@ def draw_belief_values(values: BeliefValues, problem: StationaryPOMDP, horizon: 
     figure.colorbar(filled, ax=left, label="value (middle of the bounds)", location="bottom", shrink=0.8)
     for a in np.unique(values.actions):
         here = values.actions == a
-        right.scatter(x[here], y[here], s=30, marker="h", color=COLORS[a % len(COLORS)], label=actions[a])
+        right.scatter(x[here], y[here], s=30, marker="h", color=COLORS[(a + 1) % len(COLORS)], label=actions[a])
     width = float((values.upper.max(1) - values.lower.max(1)).max())
     figure.set_label(f"The value (left) and the best first action (right) over the triangle of beliefs of {', '.join(states)}.")
     left.set_title(f"Value, {end} (bounds within {width:.2g})")

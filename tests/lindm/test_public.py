@@ -132,6 +132,7 @@ def wrong_inputs():
         "states must be a whole number of at least 1; got 0": lambda: ld.suite("mdp", states=0),
         "quality must be a number in .*; got 2": lambda: ld.suite("pomdp", quality=2),
         "policies must be a list of names.*; got 'qmdp'": lambda: ld.evaluate(tiger, "qmdp", **alike),
+        "policies must be a list of names.*; got .<function": lambda: ld.evaluate(tiger, [lambda demos, history: 0], **alike),
         "option must be one of .*; got 'sed'; did you mean seed": lambda: ld.make_dataset(tiger, "d", sed=1, **alike),
         "executor must be one of serial, local, ray; got 'lcal'": lambda: ld.make_dataset(tiger, "d", executor="lcal", **alike),
         "option 'stps' is not known; did you mean steps": lambda: ld.finetune("d", "r", preset="tiny", stps=2),

@@ -1,5 +1,6 @@
 """Exact risk of the trained layer for a feature law of your own, as a table over training and test lengths."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPLICATES = 200  # of the bootstrap
+FAR = 8  # standard errors between a moment that a law knows and that of its samples, beyond which a warning says so
+MOMENT_ENTRIES = 10_000_000  # of the products of samples that are in memory for it
 SINGULAR = 1e-10  # eigenvalue of a pair's covariance, relative, below which the balance length is not computed
 LAWS = ("gaussian", "onehot")
 NamedLaw = Literal["gaussian", "onehot"]
@@ -147,10 +150,29 @@ def moments_of(law: FeatureLaw, Psi: Array | None, samples: int, seed: int) -> M
         shape = known.shape
         K = power(jnp.eye(len(known)) if Psi is None else Psi)
         K = validate.shaped(validate.finite(K, "the fourth moment of the law"), shape, "the fourth moment of the law", "d, d")
+        _warn_of_wrong_moments(law, known, np.asarray(K), Psi, samples, seed)
         return Moments(Lambda=jnp.asarray(known, float), K=jnp.asarray(K, float))
     x = law.sample(jax.random.key(seed), (samples,))
     x = validate.shaped(validate.finite(x, "the samples of the law"), (samples, None), "the samples of the law", "n, d")
     return sampled_moments(jnp.asarray(x, float), Psi, seed, None if known is None else jnp.asarray(known, float))
+
+
+def _warn_of_wrong_moments(
+    law: FeatureLaw, second: np.ndarray, fourth: np.ndarray, Psi: Array | None, samples: int, seed: int
+) -> None:
+    """Warn where the moments that a law knows are far from those of its samples: the risk would be wrong, even negative."""
+    d = len(second)
+    n = min(samples, max(1000, MOMENT_ENTRIES // d**2))
+    x = np.asarray(law.sample(jax.random.key(seed), (n,)), float)
+    outer = x[:, :, None] * x[:, None, :]
+    weight = np.einsum("ni,ij,nj->n", x, np.eye(d) if Psi is None else np.asarray(Psi), x)
+    for name, given, drawn in (("second_moment", second, outer), ("fourth_moment", fourth, outer * weight[:, None, None])):
+        mean, error = drawn.mean(0), drawn.std(0) / np.sqrt(n) + 1e-9 * np.abs(given).max()
+        z = np.abs(mean - given) / error
+        if z.max() > FAR:
+            i, j = np.unravel_index(z.argmax(), z.shape)
+            there = f"entry ({i}, {j}) is {given[i, j]:.4g}, and {mean[i, j]:.4g} +- {error[i, j]:.2g} in {n} samples"
+            warnings.warn(f"{name} of the law disagrees with its samples, so the risk may be wrong: {there}", stacklevel=4)
 
 
 def name_of(law: FeatureLaw) -> str:
@@ -169,7 +191,7 @@ def _law(covariance: ArrayLike | None, law: NamedLaw | FeatureLaw, features: Arr
         if covariance is not None:
             raise UsageError(f"covariance must be left out with {what}, since the features have a covariance of their own")
         if features is None:
-            if not callable(getattr(law, "sample", None)):
+            if isinstance(law, type) or not callable(getattr(law, "sample", None)):
                 raise UsageError(f"law must be one of {', '.join(LAWS)}, or have a method sample(key, shape); got {law!r}")
             return name_of(law), law  # pyright: ignore
         if law != "gaussian":

@@ -143,6 +143,8 @@ def check_name(name: str, source: "Suite | NamedProblem | Problem") -> None:
         near = did_you_mean(name, known)
         if name.endswith((".alpha", ".policy")):
             near = f"; a file of alpha vectors is alpha:{name}"
+        elif not near:
+            near = "; ld.evaluate in Python takes a function of your own"
         raise ValueError(f"policy must be {rule}; got {name!r}{near}")
 
 

@@ -226,6 +226,8 @@ def _run(setup: TrainingSetup, callbacks: Sequence[Callback], is_main: bool, pro
     if checkpoint is None:
         state = jax.jit(lambda p: init_train_state(p, optimizer), out_shardings=shardings.state)(params)
         history, step = EvalHistory(), 0
+        if (out / METRICS).exists():
+            progress.print("an earlier start of this run left no checkpoint: it begins at step 0 (--save-every)")
     else:
         state, history, step = checkpoint.state, EvalHistory(**checkpoint.progress), checkpoint.step
         history, goes_on = continuation.begin_longer_schedule(out, step, history, setup.optimizer)

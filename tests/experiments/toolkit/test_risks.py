@@ -9,6 +9,7 @@ import pytest
 
 import lindm as ld
 from lindm.cli.main import main
+from lindm.errors import UsageError
 from lindm.icl import feature_laws
 
 CORR = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.4]])
@@ -99,6 +100,33 @@ def test_a_law_of_ones_own_with_moments_is_exact_and_without_them_is_close():
     guess = ld.theory.risk(law=Signs(), task_covariance=Psi, samples=4000, **lengths)
     assert guess.samples == 4000 and guess.total[0, 0] != known.total[0, 0]
     assert abs(guess.total[0, 0] - want) < 5 * np.ravel(guess.standard_error)[0]
+
+
+class DoubledSigns(KnownSigns):
+    def fourth_moment(self, Psi):
+        return 2 * super().fourth_moment(Psi)
+
+
+class ShrunkSigns(KnownSigns):
+    def second_moment(self):
+        return 0.9 * np.eye(2)
+
+
+@pytest.mark.parametrize("law, which", [(DoubledSigns(), "fourth_moment"), (ShrunkSigns(), "second_moment")])
+def test_a_moment_that_is_not_that_of_the_samples_gives_a_warning(law, which):
+    with pytest.warns(UserWarning, match=rf"{which} of the law disagrees with its samples.*entry \(0, 0\) is"):
+        ld.theory.risk(law=law, train_lengths=[6], test_lengths=[4])
+
+
+def test_the_class_of_a_law_is_no_law():
+    with pytest.raises(UsageError, match=r"law must be .* a method sample.*; got <class .*Signs"):
+        ld.theory.risk(law=Signs, train_lengths=[6], test_lengths=[4])
+
+
+def test_the_ending_of_a_figure_is_checked_before_anything_is_computed(capsys, tmp_path):
+    command = ["theory", "risk", "--covariance", str(tmp_path / "none.npy"), "--train-lengths", "8", "--test-lengths", "8"]
+    assert main([*command, "--plot", "x.gif"]) == 2
+    assert "--plot must end in .svg, .png, .pdf; got x.gif" in capsys.readouterr().err
 
 
 def test_onehot_of_the_command_is_the_table_of_unit_vectors():

@@ -75,7 +75,7 @@ def train_and_record(config: SFTConfig, monkeypatch) -> dict[int, dict[str, str]
     ids=["full", "lora"],
 )
 def test_resumed_after_any_step_batches_losses_and_the_whole_state_have_the_same_bits(
-    micro, tmp_path, monkeypatch, trials, options, steps
+    micro, tmp_path, monkeypatch, capsys, trials, options, steps
 ):
     def config(out: Path) -> SFTConfig:
         return SFTConfig(model=micro.model, data=micro.mdp, out=out, **RUN, **options)
@@ -88,7 +88,9 @@ def test_resumed_after_any_step_batches_losses_and_the_whole_state_have_the_same
     for step in steps:
         out = tmp_path / f"from-{step}"
         undone(tmp_path / "whole", out, step)
+        capsys.readouterr()
         again = train_and_record(config(out), monkeypatch)
+        assert ("left no checkpoint: it begins at step 0" in capsys.readouterr().err) == (step == 0)
         assert again == {later: state for later, state in whole.items() if later > step}, f"resumed after step {step}"
         assert (out / "metrics.jsonl").read_bytes() == metrics
         assert files.sha256(out / "model" / "model.safetensors") == files.sha256(
