@@ -61,8 +61,9 @@ def plot(
         problem, horizon = solution.problem, solution.horizon
     elif isinstance(solution.problem, APOMDP):
         with double_precision():
-            best = beliefs.attitude_actions(solution.problem)
-        return render(partial(beliefs.draw_attitudes, best, solution.source.states, solution.source.actions), path)
+            best = beliefs.attitude_actions(solution.problem, on_belief)
+        names, alpha = (solution.source.states, solution.source.actions), float(solution.problem.alpha)
+        return render(partial(beliefs.draw_attitudes, best, *names, alpha), path)
     else:
         assert isinstance(solution.problem, POMDP)
         names = {part: getattr(solution.source, part) for part in ("states", "actions", "observations")}

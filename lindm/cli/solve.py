@@ -87,10 +87,10 @@ def run(options: Solve) -> int:
 
     source = one_problem(options)
     solution = solve(source, options.method, effort=options.effort)
-    if options.plot:
-        plot(solution, options.plot)
     observed = isinstance(source.problem, MDP)
     action, seconds = solution.first_actions if observed else solution.first_action, time.perf_counter() - start
+    if options.plot:
+        plot(solution, options.plot)
     if options.json:
         answer = {"value": solution.value, "lower": solution.lower, "upper": solution.upper, "method": solution.method}
         print(strict_json({**answer, "seconds": round(seconds, 3), "first_action": action}))
@@ -216,9 +216,9 @@ def run_stationary(options: Solve, start: float) -> int:
         save(partial(draw_policy_graph, graph), options.save)
     elif options.save:
         solution.save(options.save)
+    seconds = time.perf_counter() - start
     if options.plot:
         plot(solution, options.plot)
-    seconds = time.perf_counter() - start
     action = solution.first_actions if is_mdp else solution.first_action
     method, steps = (solution.method, "iterations") if is_mdp else ("point-based", "trials")
     if options.json:

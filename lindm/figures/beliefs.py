@@ -149,8 +149,11 @@ def _first_actions(problem: APOMDP, alphas: jax.Array, beliefs: jax.Array) -> ja
     return jax.lax.map(lambda alpha: jax.lax.map(lambda belief: best(alpha, belief), beliefs), alphas)
 
 
-def attitude_actions(problem: APOMDP) -> np.ndarray:
+def attitude_actions(problem: APOMDP, on_belief: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
     """The best first actions [pairs, attitudes, n] of `ATTITUDES` attitudes and `POINTS` beliefs between each pair of states.
+
+    Args:
+      on_belief: called with the number of beliefs that are done, and of all, after each pair.
 
     Raises:
       ValueError: the problem has another number of states than two or three, or a tree that is too large.
@@ -160,17 +163,24 @@ def attitude_actions(problem: APOMDP) -> np.ndarray:
         raise ValueError(f"a figure over the attitudes solves trees of at most {MAX_TREE:,} bytes; this one takes {needed:,}")
     second = np.linspace(0, 1, POINTS)
     best = []
-    for i, j in combinations(range(problem.num_states), 2):
+    pairs = list(combinations(range(problem.num_states), 2))
+    for i, j in pairs:
+        on_belief(len(best) * POINTS, len(pairs) * POINTS)
         beliefs = np.zeros((POINTS, problem.num_states))
         beliefs[:, i], beliefs[:, j] = 1 - second, second
         best.append(np.asarray(_first_actions(problem, jnp.linspace(0, 1, ATTITUDES), jnp.asarray(beliefs))))
+    on_belief(len(pairs) * POINTS, len(pairs) * POINTS)
     return np.array(best)
 
 
-def draw_attitudes(best: np.ndarray, states: tuple[str, ...], actions: tuple[str, ...]) -> "Figure":
-    """The best first action by the attitude and the belief, for each pair of states: where the color changes is the threshold."""
+def draw_attitudes(best: np.ndarray, states: tuple[str, ...], actions: tuple[str, ...], alpha: float) -> "Figure":
+    """The best first action by the attitude and the belief, for each pair of states: where the color changes is the threshold.
+
+    A line marks the attitude `alpha` of the problem.
+    """
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     pairs = list(combinations(range(2 if len(best) == 1 else 3), 2))
@@ -184,10 +194,14 @@ def draw_attitudes(best: np.ndarray, states: tuple[str, ...], actions: tuple[str
     alphas, second = np.linspace(0, 1, ATTITUDES), np.linspace(0, 1, POINTS)
     for axis, (i, j), here in zip(axes, pairs, best, strict=False):
         axis.pcolormesh(alphas, second, here.T, cmap=colors, norm=norm, alpha=0.55, shading="nearest", rasterized=True)
+        axis.axvline(alpha, color="black", linestyle="--", linewidth=1, marker="")
         axis.set(xlabel="attitude alpha (1: the worst model)", ylabel=f"probability of {states[j]}, else {states[i]}")
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.grid(False)
-    patches = [Patch(color=colors(int(a)), alpha=0.55, label=actions[a] if actions else f"action {a}") for a in np.unique(best)]
+    patches: list[Any] = [
+        Patch(color=colors(int(a)), alpha=0.55, label=actions[a] if actions else f"action {a}") for a in np.unique(best)
+    ]
+    patches.append(Line2D([], [], color="black", linestyle="--", linewidth=1, marker="", label=f"alpha = {alpha:g}"))
     figure.set_label("The best first action over the attitude to ambiguity and the belief; colors change at the thresholds.")
     title = "best first action"
     if len(axes) > len(pairs):

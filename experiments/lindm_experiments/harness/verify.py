@@ -174,7 +174,7 @@ def run_with_progress(jobs: Sequence[Job], locks: contextlib.ExitStack, executor
             if outcome.error and executor == "serial":
                 return  # of `run_experiment`, which raises the error
             message = outcome.message or f"{outcome.experiment}: done"  # an error names its experiment
-            progress.print(f"{message}, {format_seconds(outcome.seconds)}")
+            progress.print(f"{message}, {format_seconds(outcome.seconds)} of computing")  # the sum over all workers
 
         return run_experiments(jobs, locks, executor=executor, workers=workers, on_point=on_point, on_end=on_end)
 

@@ -84,7 +84,7 @@ def test_figures_name_states_and_actions_and_are_the_same_every_time(tmp_path):
     assert "state 2" in (tmp_path / "three.svg").read_text()
     best = np.zeros((3, ATTITUDES, POINTS), int)
     best[:, 5:] = 1
-    save(lambda: draw_attitudes(best, ("low", "high", "cured"), ("wait", "treat")), tmp_path / "attitudes.svg")
+    save(lambda: draw_attitudes(best, ("low", "high", "cured"), ("wait", "treat"), 0.5), tmp_path / "attitudes.svg")
     text = (tmp_path / "attitudes.svg").read_text()
     assert all(word in text for word in ("probability of cured, else high", "treat", "attitude alpha"))
 
@@ -125,8 +125,10 @@ def test_solutions_and_graphs_are_drawn_from_python(tmp_path):
     assert {"listen", "open-left"} <= {label.get_text() for label in whole.findobj(Text)}
     graph = ld.plot(stationary.graph())
     assert sum("listen" in text.get_text() for text in graph.axes[0].texts) >= 2
-    ambiguous = ld.with_names(ld.apomdp([tiger, tiger], alpha=0.5), actions=tiger.actions)
-    assert "listen" in [text.get_text() for text in ld.plot(ld.solve(ambiguous)).legends[0].get_texts()]
+    ambiguous, seen = ld.with_names(ld.apomdp([tiger, tiger], alpha=0.25), actions=tiger.actions), []
+    drawn = ld.plot(ld.solve(ambiguous), on_belief=lambda *n: seen.append(n))
+    assert {"listen", "alpha = 0.25"} <= {text.get_text() for text in drawn.legends[0].get_texts()}
+    assert seen == [(0, 41), (41, 41)] and drawn.axes[0].lines[0].get_xdata() == [0.25, 0.25]
 
 
 def test_what_has_no_beliefs_is_refused_by_name():
