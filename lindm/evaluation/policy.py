@@ -290,7 +290,13 @@ class FunctionPolicy(Policy):
             histories.append((*past, observation.open_step(row)))
         answers = []
         for task, history in zip(observation.task, histories, strict=True):
-            answers.append(_probabilities(self.function(tasks[task].demonstrations, history), tasks[task]))
+            try:
+                answer = self.function(tasks[task].demonstrations, history)
+            except Exception as error:
+                name = getattr(self.function, "__name__", type(self.function).__name__)
+                error.add_note(f"raised by the policy {name}(demonstrations, history) for {len(history)} step(s) of history")
+                raise
+            answers.append(_probabilities(answer, tasks[task]))
         return (tasks, histories), np.array(answers, float)
 
 
