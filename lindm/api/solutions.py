@@ -24,12 +24,18 @@ class Solution:
     """A solved problem.
 
     >>> solution = ld.solve(ld.read_pomdp("tiger.pomdp", horizon=4))
+    >>> print(solution)
+    Solution(value 1.795544219, exact, method tree)
     >>> solution.method, solution.exact, solution.first_action
     ('tree', True, 'listen')
     """
 
     source: NamedProblem
     solution: solvers.Solution  # the tables of the method
+
+    def __str__(self) -> str:
+        bounds = "exact" if self.exact else f"certified to lie in [{self.lower:.10g}, {self.upper:.10g}]"
+        return f"Solution(value {self.value:.10g}, {bounds}, method {self.method})"
 
     @property
     def problem(self) -> Problem:

@@ -9,12 +9,10 @@ from lindm.cli.solve import check_plot
 from lindm.errors import DataError
 from lindm.io import inputs, limits
 from lindm.io.files import strict_json
-from lindm.io.tables import format_table
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lindm_experiments.toolkit.risks import Risk
 
 SUMMARY = "Compute what theory predicts for features of your own"
 
@@ -59,29 +57,6 @@ def read_matrix(path: Path | None) -> "np.ndarray | None":
         raise DataError(f"{path} must be a .npy file or a matrix as text: {e}") from None
 
 
-def show(table: "Risk") -> None:
-    """Print a risk for reading."""
-    moments = "exact" if table.samples is None else f"estimated from {table.samples} samples; SE is their standard error"
-    print(f"features  {table.law}, d = {len(table.covariance)}, label noise {table.noise:g}; moments {moments}")
-    print(f"eq. (6)   {f'does not apply: {table.paper_bound_reason}' if table.paper_bound_reason else 'applies'}\n")
-    header = ["N", "M", "risk", "estimation", "bias", "general bound", "eq. (6)", "SE"]
-    rows = [header]
-    for cell in table.as_json()["rows"]:
-        names = ("risk", "estimation", "bias", "general_bound", "paper_bound", "standard_error")
-        values = ["-" if cell[name] is None else f"{cell[name]:.4g}" for name in names]
-        rows.append([str(cell["train_length"]), str(cell["test_length"]), *values])
-    kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows[1:])]
-    print(format_table([[row[i] for i in kept] for row in rows]))
-    print()
-    rows = [["M", "N where bias = estimation", "best N", "best of the given N"]]
-    for cell in table.as_json()["best"]:
-        balance = cell["balance_train_length"]
-        line = "-" if balance is None else f"{balance:.4g}"
-        rows.append([str(cell["test_length"]), line, str(cell["best_train_length"]), str(cell["best_given_train_length"])])
-    print(format_table(rows))
-    print("\nThe best N minimizes the squared error of Qhat; the policy may lose least at another N.")
-
-
 def run_risk(options: RiskOptions) -> int:
     check_plot(options.plot)
     from lindm_experiments.toolkit.risks import risk
@@ -98,7 +73,7 @@ def run_risk(options: RiskOptions) -> int:
     if options.json:
         print(strict_json(table.as_json()))
     else:
-        show(table)
+        print(table)
     if options.plot:
         table.plot(options.plot)
     return 0

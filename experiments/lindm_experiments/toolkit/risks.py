@@ -16,6 +16,7 @@ from lindm import validate
 from lindm.errors import UsageError, unknown
 from lindm.evaluation.environments import double_precision
 from lindm.icl.feature_laws import FeatureLaw, Mixture, Table, gaussian, onehot
+from lindm.io.tables import format_table
 from lindm_experiments.lib.feature_laws import fourth, moment
 from lindm_theory import in_context
 from lindm_theory.moments import design_fourth, design_moment
@@ -107,6 +108,35 @@ class Risk:
             "rows": rows,
             "best": [dict(zip(keys, row, strict=True)) for row in best],
         }
+
+    def __str__(self) -> str:
+        """The tables over training and test lengths, as `lindm theory risk` prints them."""
+        moments = "exact" if self.samples is None else f"estimated from {self.samples} samples; SE is their standard error"
+        about = self.as_json()
+        header = ["N", "M", "risk", "estimation", "bias", "general bound", "eq. (6)", "SE"]
+        rows = [header]
+        for cell in about["rows"]:
+            names = ("risk", "estimation", "bias", "general_bound", "paper_bound", "standard_error")
+            values = ["-" if cell[name] is None else f"{cell[name]:.4g}" for name in names]
+            rows.append([str(cell["train_length"]), str(cell["test_length"]), *values])
+        kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows[1:])]
+        lengths = [["M", "N where bias = estimation", "best N", "best of the given N"]]
+        for cell in about["best"]:
+            balance = cell["balance_train_length"]
+            line = "-" if balance is None else f"{balance:.4g}"
+            lengths.append([str(cell["test_length"]), line, str(cell["best_train_length"]), str(cell["best_given_train_length"])])
+        return "\n".join(
+            [
+                f"features  {self.law}, d = {len(self.covariance)}, label noise {self.noise:g}; moments {moments}",
+                f"eq. (6)   {f'does not apply: {self.paper_bound_reason}' if self.paper_bound_reason else 'applies'}",
+                "",
+                format_table([[row[i] for i in kept] for row in rows]),
+                "",
+                format_table(lengths),
+                "",
+                "The best N minimizes the squared error of Qhat; the policy may lose least at another N.",
+            ]
+        )
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """The risk over (N, M), and along M with its bounds: a figure for a notebook, and a file (its ending is the format)."""

@@ -118,6 +118,12 @@ def test_a_moment_that_is_not_that_of_the_samples_gives_a_warning(law, which):
         ld.theory.risk(law=law, train_lengths=[6], test_lengths=[4])
 
 
+def test_a_risk_is_printed_as_its_tables():
+    lines = str(ld.theory.risk(CORR, train_lengths=[8, 16], test_lengths=[4])).splitlines()
+    assert lines[0].startswith("features  gaussian, d = 3") and lines[3].split()[:4] == ["N", "M", "risk", "estimation"]
+    assert [line.split()[0] for line in lines[4:6]] == ["8", "16"]
+
+
 def test_the_class_of_a_law_is_no_law():
     with pytest.raises(UsageError, match=r"law must be .* a method sample.*; got <class .*Signs"):
         ld.theory.risk(law=Signs, train_lengths=[6], test_lengths=[4])
