@@ -175,8 +175,8 @@ assert 3 < ratios[0] < ratios[1]
 result = ld.run_experiment("controls", "quick", "controls")
 for claim in result.summary["claims"]:
     right = claim["verdict"] == claim["expected"]
-    print(f"{claim['id']:25} {claim['verdict']:5}", end=" ")
-    print("as expected" if right else "NOT as expected")
+    how = "as expected" if right else "NOT as expected"
+    print(f"{claim['id']:25} {claim['verdict']:5} {how}")
     print(textwrap.indent(textwrap.fill(claim["statement"], 80), "    "))
 assert all(claim["verdict"] == claim["expected"] for claim in result.summary["claims"])
 

@@ -92,9 +92,11 @@ names = ["sft:run", "bc", "lsvi", "bayes"]
 results = ld.evaluate(machines, names, tasks=200, demos=5, behavior="uniform")
 for name, result in results.items():
     low, high = result.ci
-    print(f"{name:8} gap {result.gap:.3f}", end=", ")
-    print(f"95 % interval [{low:.3f}, {high:.3f}]", end="; ")
-    print(f"best action in {result.action_agreement:.0%}")
+    print(
+        f"{name:8} gap {result.gap:.3f}, "
+        f"95 % interval [{low:.3f}, {high:.3f}]; "
+        f"best action in {result.action_agreement:.0%}"
+    )
 assert results["sft:run"].ci[1] < 0.5 * results["bc"].ci[0]
 
 # %% [markdown]
@@ -109,8 +111,10 @@ for name in ("sft:run", "bc", "lsvi"):
     split = results[name].loss_split
     lost[name], (low, high) = split.lost_by_reader, split.lost_by_reader_ci
     absent = split.not_in_context
-    print(f"{name:8} {split.gap:.3f}: {absent:.3f} not in the context", end=", ")
-    print(f"{lost[name]:.3f} lost by the reader [{low:.3f}, {high:.3f}]")
+    print(
+        f"{name:8} {split.gap:.3f}: {absent:.3f} not in the context, "
+        f"{lost[name]:.3f} lost by the reader [{low:.3f}, {high:.3f}]"
+    )
     assert np.isclose(split.gap, absent + lost[name])
 assert lost["sft:run"] < 0.15 < 0.7 < lost["bc"]
 

@@ -150,8 +150,10 @@ assert (measured.interval[1:, 1] < linear[1:] / 5).all() and measured.interval[
 for m in (8, 32):
     x = np.asarray(SparseSigns().sample(jax.random.key(1), (1000, m)))
     largest = np.linalg.eigvalsh(x.swapaxes(1, 2) @ x / m)[:, -1]
-    print(f"M = {m:2}: largest eigenvalue of the covariance of a context:", end=" ")
-    print(f"{largest.mean():.2f}, at most {largest.max():.2f}")
+    print(
+        f"M = {m:2}: largest eigenvalue of the covariance of a context: "
+        f"{largest.mean():.2f}, at most {largest.max():.2f}"
+    )
 
 # %% [markdown]
 # ## Its decisions
@@ -176,8 +178,10 @@ ladders = {
 for name, ladder in ladders.items():
     low, high = ladder.interval["suboptimality"]
     loss, bound = ladder.mean["suboptimality"], ladder.mean["sup_norm"]
-    print(f"{name:20} loss {loss:.4f} in [{low:.4f}, {high:.4f}]", end=", ")
-    print(f"sup-norm bound {bound:.3f}")
+    print(
+        f"{name:20} loss {loss:.4f} in [{low:.4f}, {high:.4f}], "
+        f"sup-norm bound {bound:.3f}"
+    )
     violations = sum(ladder.violations.values())
     print(f"{'':20} policies that lose more than a bound says: {violations}")
 

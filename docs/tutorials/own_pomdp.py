@@ -92,9 +92,9 @@ print(patient.states, patient.actions, patient.observations)
 # %%
 solution = ld.solve(patient)
 print(
-    f"value {solution.value:.4f} by {solution.method}, exact: {solution.exact};", end=" "
+    f"value {solution.value:.4f} by {solution.method}, exact: {solution.exact}; "
+    f"first action: {solution.first_action}"
 )
-print(f"first action: {solution.first_action}")
 
 # %% [markdown]
 # ## Bounds where the tree is too large
@@ -111,10 +111,9 @@ bounded = {
 }
 for horizon, found in bounded.items():
     print(
-        f"{horizon:>3} quarters: value in [{found.lower:.4f}, {found.upper:.4f}]",
-        end=", ",
+        f"{horizon:>3} quarters: value in [{found.lower:.4f}, {found.upper:.4f}], "
+        f"first action {found.first_action}"
     )
-    print(f"first action {found.first_action}")
 assert bounded[8].lower <= solution.value <= bounded[8].upper
 
 # %% [markdown]
@@ -128,8 +127,10 @@ assert bounded[8].lower <= solution.value <= bounded[8].upper
 # %% mystnb={"image": {"alt": "A policy graph of seven boxes, each with an action, and arrows for quiet and signs. The start is box 1, scan: quiet leads to box 2, wait, and signs to box 3, treat. From box 2, quiet leads back to the scan and signs to a treatment."}}
 endless_solution = bounded[np.inf]
 graph = endless_solution.graph()
-print(f"the graph earns {graph.value:.4f};", end=" ")
-print(f"no policy earns more than {endless_solution.upper:.4f}")
+print(
+    f"the graph earns {graph.value:.4f}; "
+    f"no policy earns more than {endless_solution.upper:.4f}"
+)
 print("\n".join(graph.rules()))
 render(lambda: draw_policy_graph(graph), "patient-graph.png")
 
@@ -193,8 +194,10 @@ policies = {
 }
 results = ld.evaluate(patient, policies, tasks=1, demos=1)
 for name, result in results.items():
-    print(f"{name:28} gap {result.gap:.3f}, loss {result.suboptimality:.4f}", end=" ")
-    print(f"({result.method})")
+    print(
+        f"{name:28} gap {result.gap:.3f}, loss {result.suboptimality:.4f} "
+        f"({result.method})"
+    )
 
 # %% mystnb={"image": {"alt": "Exact losses of eight policies over 8 quarters as points, from the optimal policy with loss 0 at the top to the uniformly random policy with the largest loss at the bottom."}}
 names = sorted(results, key=lambda name: results[name].suboptimality)
@@ -271,8 +274,10 @@ episodes = [
 taken = np.array([episode.action for episode in episodes])
 labels = np.array([episode.label for episode in episodes])
 exact = np.mean([episode.certificate for episode in episodes] == np.zeros(taken.shape))
-print(f"{len(episodes)} episodes of {taken.shape[1]} steps, {made.made} shard", end="; ")
-print(f"labels exact: {exact:.0%}")
+print(
+    f"{len(episodes)} episodes of {taken.shape[1]} steps, {made.made} shard; "
+    f"labels exact: {exact:.0%}"
+)
 share = (taken == labels).mean()
 print(f"the clinic took the labeled action at {share:.0%} of the steps")
 first = zip(taken[0], episodes[0].observation, labels[0], strict=True)

@@ -163,9 +163,11 @@ known = (1 - weights) * solutions["slow"].value + weights * solutions["fast"].va
 worth = known - unknown
 for i in range(4, 40, 4):
     first = ACTIONS[bets[weights[i].round(3)].first_action]
-    print(f"w = {weights[i]:.1f}: value {unknown[i]:.3f}", end=", ")
-    print(f"first action {first:5}", end="; ")
-    print(f"to know who is right is worth {worth[i]:.3f}")
+    print(
+        f"w = {weights[i]:.1f}: value {unknown[i]:.3f}, "
+        f"first action {first:5}; "
+        f"to know who is right is worth {worth[i]:.3f}"
+    )
 
 # %% [markdown]
 # If the doctor knew who is right before the first decision, the expected value would be on the dashed line of the figure. Its
@@ -208,8 +210,10 @@ attitudes = {}
 for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
     both = ld.read_pomdp("slow.pomdp", "fast.pomdp", horizon=HORIZON, alpha=alpha)
     solution = attitudes[alpha] = ld.solve(both)
-    print(f"alpha = {alpha:.2f}: value {solution.value:.3f}", end=", ")
-    print(f"first action {solution.first_action}")
+    print(
+        f"alpha = {alpha:.2f}: value {solution.value:.3f}, "
+        f"first action {solution.first_action}"
+    )
 ends = [attitudes[0.0].value, attitudes[1.0].value]
 assert np.allclose(ends, [solutions["slow"].value, solutions["fast"].value])
 
@@ -232,8 +236,10 @@ for i, chance in enumerate(chances):
 treats = ACTIONS.index("treat")
 enough = chances[(best == treats).argmax(0)]  # of each attitude: the first with treat
 for j in range(0, 21, 5):
-    print(f"alpha = {alphas[j]:.2f}: treat at once", end=" ")
-    print(f"where the disease is advanced with probability {enough[j]:.3f} or more")
+    print(
+        f"alpha = {alphas[j]:.2f}: treat at once "
+        f"where the disease is advanced with probability {enough[j]:.3f} or more"
+    )
 assert (best == treats).any(0).all() and (np.diff(enough) <= 0).all()
 
 
@@ -317,8 +323,10 @@ for plan, policy in advisers.items():
     print(f"{plan:24}{decision.action:8}{decision.belief[1]:8.2f}{'':8}{Q}")
 for w in (0.5, 0.8):  # the joint problem has numbers, not names: 0 0 is wait, normal
     decision = bets[w].policy.act((), "1 0 0 1")
-    print(f"bet on w = {w:<13}{ACTIONS[decision.action]:8}", end="")
-    print(f"fast is right with probability {decision.belief[3:].sum():.2f}")
+    print(
+        f"bet on w = {w:<13}{ACTIONS[decision.action]:8}"
+        f"fast is right with probability {decision.belief[3:].sum():.2f}"
+    )
 advice = [policy.act((), HISTORY).action for policy in advisers.values()]
 assert advice == ["test", "treat", "test", "treat"]
 

@@ -297,7 +297,9 @@ def parse_options(parser: argparse.ArgumentParser, options: Sequence[Option], wo
     ahead = list(words[: words.index("--")]) if "--" in words else list(words)
     for flag in (word.partition("=")[0] for word in ahead if word.startswith("--")):
         if flag not in flags and not {"-h", "--help"} & set(ahead):
-            raise UsageError(f"{parser.prog} has no option {flag}{_suggestion(flag, flags)}")
+            after = (parser.usage or "").partition(" -- ")[2].lower()
+            hint = f" ({after} come after a --)" if after else ""
+            raise UsageError(f"{parser.prog} has no option {flag}{hint}{_suggestion(flag, flags)}")
     try:
         given, rest = parser.parse_known_intermixed_args(list(words))
     except argparse.ArgumentError as e:
