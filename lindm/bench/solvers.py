@@ -282,7 +282,7 @@ def _tree_memory(side: str) -> list[float]:
     horizon = HORIZONS[-1]
     if side == "ours":
         one = jax.tree.map(lambda x: x[0], our_pomdps(1, horizon))
-        solvers = [solver.lower(one).compile() for solver in (tree.value, tree.tree)]
+        solvers = [jax.jit(solver).lower(one).compile() for solver in (tree.value, tree.tree)]
         return [peak_growth(lambda solve=solve: solve(one)) for solve in solvers]
     P, O, r, rho = (arrays[0] for arrays in pomdp_models(1))
     textbook(P, O, r, rho, 2)

@@ -19,7 +19,8 @@ def test_an_unexpected_error_has_an_exit_code_that_no_other_outcome_has():
 
 
 def test_every_class_has_a_number_and_an_exit_code_of_its_own():
-    assert set(errors.KINDS) == set(classes())
+    assert {*errors.KINDS, errors.OccupiedError} == set(classes())  # it is a UsageError for another process and as an exit code
+    assert errors.KINDS[errors.kind_number(errors.OccupiedError())] is errors.UsageError
     codes = [exit_code(kind("message")) for kind in errors.KINDS]
     assert len(set(codes)) == len(codes) and codes[0] == INTERNAL
     assert set(EXIT_CODES) - {ValueError, errors.Preempted} == set(errors.KINDS[1:])
