@@ -10,7 +10,7 @@ from lindm import validate
 from lindm.api.problems import as_source
 from lindm.choices import Behavior
 from lindm.datasets import DatasetConfig
-from lindm.errors import UsageError
+from lindm.errors import OccupiedError, UsageError
 from lindm.evaluation import EVAL_FORMAT, compare
 from lindm.evaluation.compare import SEED, PolicyResult
 from lindm.evaluation.optimality_gap import MAX_HISTORIES
@@ -134,13 +134,13 @@ def _has_sample(policies: Mapping[str, Any]) -> bool:
 
 
 def _check_same_evaluation(out: Path, options: Mapping[str, Any]) -> None:
-    """UsageError where a directory holds another evaluation, or something else that lindm wrote."""
+    """OccupiedError where a directory holds another evaluation, or something else that lindm wrote."""
     directories.require_kind(out, EVAL, "an evaluation")
     if not (out / verification.MANIFEST).exists():
         return
     old = verification.read_manifest(out, manifest.FORMAT).get("options", {})
     if changed := [f"{key} was {old.get(key)!r} and is now {value!r}" for key, value in options.items() if old.get(key) != value]:
-        raise UsageError(f"{out} holds another evaluation: {'; '.join(changed)}; choose another --out")
+        raise OccupiedError(f"{out} holds another evaluation: {'; '.join(changed)}; choose another --out")
 
 
 def _write_figures(out: Path, results: Sequence[PolicyResult]) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lindm.errors import StorageError, UsageError
+from lindm.errors import OccupiedError, StorageError, UsageError
 from lindm.io import inputs
 from lindm.io.files import storage_errors
 from lindm.io.provenance import is_from_this_command
@@ -32,13 +32,14 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
       replace: an existing directory is replaced.
 
     Raises:
-      UsageError: `directory` exists and is not empty, without `replace`; or another process is writing it.
+      OccupiedError: `directory` exists and is not empty, without `replace`.
+      UsageError: another process is writing it.
       StorageError: the disk is full or not writable.
     """
     final = Path(os.path.realpath(directory))  # a link to an empty directory stays a link
     exists = not replace and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir()))
     if exists and not is_from_this_command(final):
-        raise UsageError(f"{directory} already exists and is not replaced; choose another --out")
+        raise OccupiedError(f"{directory} already exists and is not replaced; choose another --out")
     with contextlib.ExitStack() as stack:
         with storage_errors(directory):
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def atomic_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
             raise StorageError(e.message.replace(str(temporary), str(directory))) from e
         if exists:
             if not _same_files(temporary, final):
-                raise UsageError(f"{directory} already exists with other content and is not replaced; choose another --out")
+                raise OccupiedError(f"{directory} already exists with other content and is not replaced; choose another --out")
             return
         with storage_errors(directory):
             _sync_tree(temporary)
@@ -91,10 +92,10 @@ def sole_writer(directory: Path, waiting: Callable[[], object] | None = None) ->
 
 
 def require_kind(directory: Path, sign: str, kind: str) -> None:
-    """Raise UsageError where a directory holds something that lindm wrote but not `sign`, the file that such a `kind` has."""
+    """Raise OccupiedError where a directory holds something that lindm wrote but not `sign`, the file that such a `kind` has."""
     found = next((name for name in ("manifest.json", "config.json") if (directory / name).exists()), None)
     if found is not None and not (directory / sign).exists():
-        raise UsageError(f"{directory} holds {found} but no {sign}: it is not {kind}; choose another --out")
+        raise OccupiedError(f"{directory} holds {found} but no {sign}: it is not {kind}; choose another --out")
 
 
 def remove(path: Path) -> None:

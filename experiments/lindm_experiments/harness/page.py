@@ -130,7 +130,7 @@ def band_words(band: tuple[float | None, float | None]) -> str:
 def interval_plot(row: Mapping[str, Any]) -> IntervalPlot | None:
     """The plot of what was measured, with its interval and one-sided limits, over the band of the criterion; None without either.
 
-    An end of the band, of the interval or of the limits that is infinite lies at the edge of the plot.
+    An end of the band, of the interval or of the limits that is infinite is at the edge of the plot.
     """
     band, measured = row.get("band"), row["measured"]
     if band is None or measured is None:

@@ -14,7 +14,7 @@ A run directory holds
 import json
 from pathlib import Path
 
-from lindm.errors import DataError, UsageError
+from lindm.errors import DataError, OccupiedError
 from lindm.io import directories
 from lindm.io.files import (
     append_record,
@@ -51,7 +51,7 @@ class RunDirectory:
     """A run directory that this process has locked.
 
     Raises:
-      UsageError: the directory holds another run.
+      OccupiedError: the directory holds another run.
       DataError: config.json or records.jsonl is damaged.
       StorageError: the disk is full or not writable.
     """
@@ -68,7 +68,7 @@ class RunDirectory:
                 raise DataError(f"{config} is missing, although {records} is there: start over with --fresh")
             write_json(config, plan.description, format=RUN_FORMAT)
         elif changed := differences(read_json(config, format=RUN_FORMAT), plan.description):
-            raise UsageError(
+            raise OccupiedError(
                 f"{self.path} holds another run ({'; '.join(changed)}): choose another --out, or start over with --fresh"
             )
         self.lines: dict[str, str] = {}

@@ -131,7 +131,7 @@ def test_the_page_shows_the_interval_and_the_limits_which_decide(tmp_path):
 
 
 def test_a_violation_of_one_part_is_shown_over_the_band_of_this_part():
-    """The mean lies far inside the band of the claim; the other part has two violations among 40 and admits none."""
+    """The mean is far inside the band of the claim; the other part has two violations among 40 and admits none."""
     (row,) = decided(mean_verdict("paper-bound", [0.5, 0.51] * 5, also=[no_violations(2, 40, 1.0)]))
     assert (row["verdict"], row["measured"], row["band"], row["exact"]) == ("FAIL", 0.05, [None, 0.0], True)
     p = interval_plot(row)

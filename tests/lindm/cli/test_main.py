@@ -402,8 +402,3 @@ def test_memory_that_runs_out_in_any_command_is_exit_6_with_advice(allocate, cap
     assert guarded(lambda: exec(allocate)) == 6
     error = capsys.readouterr().err
     assert "does not fit in memory" in error and "; try a smaller problem" in error and error.count("\n") == 1
-
-
-def test_an_option_of_the_command_after_the_dashes_is_named_as_such(capsys):
-    assert main(["launch", "slurm", "--model", "m"]) == 2
-    assert "has no option --model (options of lindm sft come after a --)" in capsys.readouterr().err

@@ -439,13 +439,3 @@ def test_a_policy_that_needs_the_problem_raises_an_error_without_it():
         policies.oracle().act((), [Step(1, state=0)])
     with pytest.raises(ValueError, match="history must be steps with actions and, at the end, an open one"):
         FunctionPolicy(lambda demonstrations, history: [1.0]).act((), [Step(1, state=0)])
-
-
-def test_an_error_of_a_function_names_the_function_and_the_length_of_the_history():
-    def second_last(demonstrations, history):
-        return history[-2].action
-
-    problem = mdp(np.full((1, 2, 1, 2), 0.5), np.zeros((3, 2, 1)), np.array([1.0, 0]))
-    with pytest.raises(IndexError) as error:
-        evaluate_policy(make_tasks([problem], [()]), FunctionPolicy(second_last))
-    assert error.value.__notes__ == ["raised by the policy second_last(demonstrations, history) for 1 step(s) of history"]

@@ -278,3 +278,8 @@ def test_nothing_heavy_is_imported():
 def test_the_templates_are_part_of_the_package():
     names = {path.name for path in (Path(launch.__file__).parents[1] / "templates" / "launch").iterdir()}
     assert names == {"slurm.sh.jinja", "tpu.sh.jinja", "gke.yaml.jinja", "ray.yaml.jinja"}
+
+
+def test_an_option_of_the_command_after_the_dashes_is_named_as_such(capsys):
+    assert main(["launch", "slurm", "--model", "m"]) == 2
+    assert "has no option --model (options of lindm sft come after a --)" in capsys.readouterr().err
