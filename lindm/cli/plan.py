@@ -138,6 +138,7 @@ def _description(spec: "StepSpec", topology: str, num_devices: int, limits: "Dev
 
 GPU_SHARE = 0.75  # of a GPU's memory, which jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION is not set
 MORE_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+ESTIMATE_ERROR = 1 / 3  # of the temporaries, where they are estimated
 HEADER = ("mesh", "fits", "peak GiB", "arguments", "temporaries", "outputs", "code")
 HEADER += ("TFLOP", "GB memory", "GB sent", "ms compute", "ms memory", "ms links", "min. ms", "max. tokens/s")
 
@@ -154,8 +155,11 @@ def _row(plan: "MeshPlan", spec: "StepSpec", limits: "DeviceLimits") -> tuple[st
     costs = f"{cost.flops / 1e12:.3g}", traffic, f"{cost.sent_bytes / 1e9:.3g}"
     times = (f"{1e3 * bounds[name]:.3g}" if name in bounds else "-" for name in ("compute", "memory", "links"))
     rate = spec.accumulate * spec.batch * spec.seq / plan.bound_seconds
-    more = plan.estimated and limits.memory is not None and memory.peak > GPU_SHARE * limits.memory
-    fits = "no" if not plan.fits else f"yes, with {MORE_MEMORY}" if more else "yes"
+    fits = "yes" if plan.fits else "no"
+    if plan.fits and plan.estimated and limits.memory is not None:
+        most = memory.peak + memory.temporaries * ESTIMATE_ERROR
+        if most > GPU_SHARE * limits.memory:
+            fits = f"{'yes' if most <= limits.memory else 'perhaps'}, with {MORE_MEMORY}"
     return (mesh, fits, *gib, *costs, *times, f"{1e3 * plan.bound_seconds:.3g}", f"{rate:,.0f}")
 
 
@@ -181,7 +185,7 @@ def _notes(plans: list["MeshPlan"], model_flops: float, headroom: float) -> list
     ]
     if plans[0].estimated:
         notes.append(
-            "the estimate is of the state exactly, and of temporaries to about a third; leave that room, or compile there"
+            "the estimate is of the state exactly, and of temporaries to about a third; fits supposes a third more of them"
         )
         notes.append(f"jax takes {100 * GPU_SHARE:.0f} % of a GPU's memory unless {MORE_MEMORY} is set")
     if any(p.cost is not None and p.cost.unknown_loops for p in plans):

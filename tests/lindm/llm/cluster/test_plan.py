@@ -449,9 +449,21 @@ def test_a_plan_for_gpus_is_marked_as_an_estimate_in_text_and_json(config, capsy
         cli.run(cli.Plan(**options | {"topology": "h100:16"}))
 
 
-@pytest.mark.parametrize("share, fits", [(0.74, "yes"), (0.76, "yes, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"), (0.96, "no")])
-def test_a_plan_of_gpus_above_what_jax_takes_by_itself_says_what_to_set(config, capsys, monkeypatch, cut, share, fits):
-    memory = plan.DeviceMemory(arguments=int(share * 80 * GIB), outputs=0, temporaries=0, code=0)
+@pytest.mark.parametrize(
+    "share, temporary, fits",
+    [
+        (0.74, 0.0, "yes"),
+        (0.76, 0.0, f"yes, with {cli.MORE_MEMORY}"),
+        (0.96, 0.0, "no"),
+        (0.5, 0.18, "yes"),  # with a third more temporaries 0.74, 0.78, 0.99, 1.02 of the memory
+        (0.5, 0.21, f"yes, with {cli.MORE_MEMORY}"),
+        (0.28, 0.53, f"yes, with {cli.MORE_MEMORY}"),
+        (0.29, 0.55, f"perhaps, with {cli.MORE_MEMORY}"),
+    ],
+)
+def test_a_plan_of_gpus_above_what_jax_takes_by_itself_says_what_to_set(config, capsys, monkeypatch, cut, share, temporary, fits):
+    size = {"arguments": int(share * 80 * GIB), "temporaries": int(temporary * 80 * GIB)}
+    memory = plan.DeviceMemory(**size, outputs=0, code=0)
     monkeypatch.setattr(plan, "estimate_memory", lambda *a: memory)
     options = {"batch": 8, "seq": 32, "labels_per_row": 8, "mesh": "fsdp=1"}
     assert cli.run(cli.Plan(model=config, topology="h100:1", **options)) == 0
